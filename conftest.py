@@ -1,0 +1,44 @@
+"""How the suite runs notebooks: one thread each, a limit on their time, and a closing table."""
+
+import os
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import nb
+import pytest
+
+os.environ.update(nb.KERNEL_ENV)
+_spent = defaultdict(float)
+_started = time.monotonic()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    if item.path.suffix != ".ipynb":
+        return
+    limit = nb.seconds_allowed(item.path)
+    before = _spent[item.path]
+    _spent[item.path] += call.duration
+    if before <= limit < _spent[item.path] and report.passed:
+        report.outcome = "failed"
+        report.longrepr = f"{item.path.name} has run for {_spent[item.path]:.0f} s; {limit} s are allowed"
+
+
+def pytest_terminal_summary(terminalreporter):
+    seconds = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            path = getattr(report, "nodeid", "").split("::")[0]
+            if path.endswith(".ipynb"):
+                seconds[path] += getattr(report, "duration", 0.0)
+    if not seconds:
+        return
+    terminalreporter.section("notebooks, slowest first")
+    for path, spent in sorted(seconds.items(), key=lambda item: -item[1])[:10]:
+        terminalreporter.write_line(f"{spent:7.1f} s  {Path(path)}")
+    wall, total = time.monotonic() - _started, sum(seconds.values())
+    terminalreporter.write_line(
+        f"wall time {wall:.0f} s; all {len(seconds)} notebooks by themselves {total:.0f} s; ratio {wall / total:.2f}"
+    )
