@@ -6,10 +6,10 @@ PORT   ?= 8000
 
 # The stamp is written last and its name holds a checksum of the requirements: an interrupted set-up has no stamp, and a
 # change of requirements asks for another one. Either way the environment is made anew.
-STAMP := $(VENV)/ready-$(shell cat requirements.txt requirements-models.txt | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/ready-$(shell sed 's/[[:space:]]*\#.*//' requirements.txt requirements-models.txt | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help env book serve test check refresh new lint lock clean
+.PHONY: help env book serve test browser check refresh new lint lock clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*##/ \t/'
@@ -34,3 +34,25 @@ refresh: $(STAMP)  ## run one notebook and store its outputs: make refresh NB=pa
 
 new: $(STAMP)  ## a topic notebook from the template: make new CHAPTER=slug TOPIC=slug
 	@$(BIN)/python tools/nb.py new "$(CHAPTER)" "$(TOPIC)"
+
+test: book browser  ## the whole suite: unit, structure, every notebook, the site in a browser
+	@$(BIN)/python -m labkit.models >/dev/null  # convert the model now, so that no notebook pays for it
+	@$(BIN)/python -m pytest -n 2
+
+# Any Chromium on the PATH serves the browser tests; without one, Playwright fetches its own.
+browser: $(STAMP)
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	  $(BIN)/playwright install chromium
+
+lint: $(STAMP)  ## ruff over Python and notebooks
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+lock:  ## make requirements.txt anew from requirements.in (on the oldest Python the book supports, 3.11)
+	$(PYTHON) -m venv $(VENV)-lock
+	$(VENV)-lock/bin/pip install -q pip-tools
+	CUSTOM_COMPILE_COMMAND="make lock" $(VENV)-lock/bin/pip-compile -q --strip-extras --allow-unsafe --no-emit-find-links \
+	  --no-emit-index-url --no-emit-trusted-host -o requirements.txt requirements.in
+	sed -i.bak 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.txt && rm -rf requirements.txt.bak $(VENV)-lock
+
+clean:  ## remove the built site
+	rm -rf _build
