@@ -184,7 +184,7 @@ EVIL = "chapters/a/$(shell touch evil).ipynb"
 
 @pytest.fixture
 def pull_request(tmp_path):
-    """A function: what the workflow's step asks of make for a pull request that changes the named files, and its status."""
+    """A function: what the step asks of make for a pull request that changes the named files, and its exit status."""
     script = next(step["run"] for step in steps(GITHUB / "workflows/pull_request.yml") if step.get("id") == "changed")
     # make, but it only notes what it is asked, and fails for the first notebook
     fake = tmp_path / "bin/make"
