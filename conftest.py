@@ -27,12 +27,13 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter):
+    reports = [report for some in terminalreporter.stats.values() for report in some if hasattr(report, "nodeid")]
+    _faults_line(terminalreporter, reports)
     seconds = defaultdict(float)
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            path = getattr(report, "nodeid", "").split("::")[0]
-            if path.endswith(".ipynb"):
-                seconds[path] += getattr(report, "duration", 0.0)
+    for report in reports:
+        path = report.nodeid.split("::")[0]
+        if path.endswith(".ipynb"):
+            seconds[path] += getattr(report, "duration", 0.0)
     if not seconds:
         return
     terminalreporter.section("notebooks, slowest first")
@@ -42,3 +43,11 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(
         f"wall time {wall:.0f} s; all {len(seconds)} notebooks by themselves {total:.0f} s; ratio {wall / total:.2f}"
     )
+
+
+def _faults_line(terminalreporter, reports):
+    found = [value for report in reports for key, value in getattr(report, "user_properties", []) if key == "faults"]
+    if found:
+        planted, caught = (sum(column) for column in zip(*found, strict=True))
+        terminalreporter.section("planted faults")
+        terminalreporter.write_line(f"{planted} planted in copies of real notebooks, {caught} caught")

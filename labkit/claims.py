@@ -57,8 +57,8 @@ def check(
         if not 0 <= bound < math.inf:
             raise ValueError(f"check({claim!r}): {kind} must be a finite number, at least 0")
         allowed = bound * math.fabs(predicted) if kind == "rel" else bound
-        # Equal infinities have a difference of NaN: equality is asked first.
-        agrees = measured == predicted or math.fabs(measured - predicted) <= allowed
+        # An infinite prediction allows nothing but itself: any tolerance relative to it would be infinite.
+        agrees = measured == predicted or (math.isfinite(predicted) and math.fabs(measured - predicted) <= allowed)
         condition = "equal" if bound == 0 else f"within {bound:.3g}" + (f" {unit}".rstrip() if kind == "abs" else "")
         if kind == "rel" and bound:
             condition = f"within {100 * bound:.3g} %"
@@ -84,7 +84,9 @@ def _plain(value: Any) -> Any:
         try:
             return value.item()
         except (ValueError, RuntimeError):
-            raise ValueError(f"check compares single values, got a {type(value).__name__} with several elements") from None
+            raise ValueError(
+                f"check compares single values, got a {type(value).__name__} with several elements"
+            ) from None
     return list(value) if isinstance(value, tuple) else value
 
 

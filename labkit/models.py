@@ -77,7 +77,8 @@ def smollm2_dir() -> Path:
     folder = cache / f"smollm2-{SMOLLM2[2][:8]}-{FORMAT}"
     with FileLock(f"{folder}.lock"):
         if not _intact(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+            for leftover in (folder, *cache.glob(f"{folder.name}.*/")):  # also what a killed conversion has left
+                shutil.rmtree(leftover, ignore_errors=True)
             _convert_in_a_process_of_its_own(gguf, folder)
     return folder
 

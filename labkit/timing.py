@@ -38,7 +38,8 @@ class Timings:
     def __str__(self) -> str:
         width = max(map(len, self.runs))
         return "\n".join(
-            f"{name:<{width}}  {1e3 * self.seconds(name):9.3g} ms  ± {100 * self.spread(name):.0f} %" for name in self.runs
+            f"{name:<{width}}  {1e3 * self.seconds(name):9.3g} ms  ± {100 * self.spread(name):.0f} %"
+            for name in self.runs
         )
 
 

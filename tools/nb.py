@@ -32,7 +32,7 @@ NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "socket", "huggingf
 
 def seconds_allowed(path: Path) -> int:
     """How long a notebook may run in the suite, in seconds on two cores."""
-    return SECONDS["lab" if "labs" in Path(path).resolve().relative_to(ROOT).parts else "chapter"]
+    return SECONDS["lab" if Path(path).resolve().parent.parent.name == "labs" else "chapter"]
 
 
 # --- the structure that the suite demands of every notebook -----------------------------------------------------------
@@ -206,7 +206,9 @@ def new(chapter: str, topic: str) -> int:
     text = toc.read_text(encoding="utf-8")
     entry = re.search(rf"^( *)- file: chapters/{chapter}/index *\n", text, re.MULTILINE)
     if not entry:
-        print(f"{chapter!r} is not a chapter in _toc.yml: write chapters/{chapter}/index.md and enter it", file=sys.stderr)
+        print(
+            f"{chapter!r} is not a chapter in _toc.yml: write chapters/{chapter}/index.md and enter it", file=sys.stderr
+        )
         return 2
     indent = entry[1] + "  "
     pages = re.compile(rf"{indent}sections:\n(?:{indent}  ?- file: .*\n)+").match(text, entry.end())
@@ -216,7 +218,9 @@ def new(chapter: str, topic: str) -> int:
     _write_atomically(toc, text[:at] + f"{lines}{dash}- file: chapters/{chapter}/{topic}\n" + text[at:])
     notebook = nbformat.v4.new_notebook(
         cells=[
-            nbformat.v4.new_markdown_cell(f"# {topic.replace('_', ' ').capitalize()}\n\nOne sentence on what the page is about."),
+            nbformat.v4.new_markdown_cell(
+                f"# {topic.replace('_', ' ').capitalize()}\n\nOne sentence on what the page is about."
+            ),
             nbformat.v4.new_code_cell("from labkit.claims import check"),
             nbformat.v4.new_markdown_cell(
                 "## What is the question?\n\n**问题是什么？** · screen · executed\n\n"
@@ -227,7 +231,7 @@ def new(chapter: str, topic: str) -> int:
             nbformat.v4.new_code_cell('check("what is claimed", predicted=2, measured=1 + 1, rel=0)'),
             nbformat.v4.new_markdown_cell(
                 "**Follow-ups**\n\n- *A deeper probe?* Its answer in one to three sentences.\n\n"
-                "**Red flag:** \"A wrong answer often heard.\" What refutes it.\n\n**Sources:** [the primary source](https://…)"
+                '**Red flag:** "A wrong answer often heard." What refutes it.\n\n**Sources:** [the primary source](https://…)'
             ),
         ]
     )
