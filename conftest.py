@@ -4,11 +4,30 @@ import os
 import time
 from collections import defaultdict
 from pathlib import Path
+from queue import Empty
 
 import nb
 import pytest
+from nbval.kernel import RunningKernel
 
 os.environ.update(nb.KERNEL_ENV)
+_await_reply = RunningKernel.await_reply
+
+
+def _await_reply_while_alive(self, msg_id, timeout=None):
+    """nbval waits out the whole cell timeout for a kernel that has died; this looks every second and says so."""
+    end = time.monotonic() + (float(timeout) if timeout else float("inf"))
+    while True:
+        try:
+            return _await_reply(self, msg_id, timeout=1)
+        except Empty:
+            if not self.is_alive():
+                raise RuntimeError("the kernel died (out of memory?)") from None
+            if time.monotonic() > end:
+                raise
+
+
+RunningKernel.await_reply = _await_reply_while_alive
 _spent = defaultdict(float)
 _started = time.monotonic()
 
