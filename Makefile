@@ -26,6 +26,18 @@ $(STAMP):
 
 env: $(STAMP)  ## make the environment (.venv), once
 
+# Warnings are errors. A build that warned forgets what it read, or the next one would find nothing to read and pass.
+book: $(STAMP)  ## build the site into _build/html
+	@$(BIN)/jupyter-book build . -q -n -W --keep-going || { rm -rf _build/.doctrees; exit 1; }
+	@rm -rf _build/html/pagefind
+	@$(BIN)/python -m pagefind --quiet --site _build/html --root-selector article.bd-article --exclude-selectors .headerlink
+	@echo "The site is in _build/html: open _build/html/index.html, or run make serve (search needs it)."
+
+serve: $(STAMP)  ## show the built site on localhost: make serve [PORT=8000]
+	@test -d _build/html || { echo "There is no site yet: run make book"; exit 1; }
+	@echo "http://localhost:$(PORT)/ (Ctrl-C stops)"
+	@$(BIN)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _build/html
+
 check: $(STAMP)  ## validate one notebook as the suite does: make check NB=path
 	@$(BIN)/python tools/nb.py check "$(NB)"
 
