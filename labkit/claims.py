@@ -70,8 +70,8 @@ def check(
     line = f"✓ {claim}: predicted {_text(predicted, unit)}, measured {_text(shown, unit)} ({condition})"
     record = {
         "claim": claim,
-        "predicted": predicted if not isinstance(predicted, float) else _rounded(predicted, 0, digits=6),
-        "measured": shown,
+        "predicted": _json(_rounded(predicted, 0, digits=6)),
+        "measured": _json(shown),
         "unit": unit,
         "condition": condition,
     }
@@ -102,6 +102,11 @@ def _rounded(value: Any, tolerance: float, digits: int = 3) -> Any:
     if tolerance > 0:
         decimals = min(decimals, -math.floor(math.log10(tolerance)))
     return round(value, decimals) + 0.0  # + 0.0 turns −0.0 into 0.0
+
+
+def _json(value: Any) -> Any:
+    """JSON has no infinity: as text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any, unit: str) -> str:

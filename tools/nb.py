@@ -21,7 +21,14 @@ import bookdata
 from bookdata import ROOT
 
 # One thread a notebook: two notebooks share two cores, and sums come out in one order.
-KERNEL_ENV = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+# tqdm misses a widget that no page uses, and says so on stderr.
+KERNEL_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONWARNINGS": "ignore:IProgress not found",
+}
 SECONDS = {"chapter": 60, "lab": 180}
 MAX_BYTES = 2**20
 SKIPPING_TAGS = {"nbval-ignore-output", "nbval-skip", "nbval-raises-exception", "raises-exception", "skip-execution"}
