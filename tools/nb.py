@@ -33,7 +33,7 @@ SECONDS = {"chapter": 60, "lab": 180}
 MAX_BYTES = 2**20
 SKIPPING_TAGS = {"nbval-ignore-output", "nbval-skip", "nbval-raises-exception", "raises-exception", "skip-execution"}
 SKIPPING_COMMENT = re.compile(r"#\s*(NBVAL_\w+|PYTEST_VALIDATE_\w+)", re.IGNORECASE)
-MAGIC = re.compile(r"^\s*(%|!|\?)|\?\s*$|get_ipython\s*\(|run_line_magic|run_cell_magic", re.MULTILINE)
+MAGIC = re.compile(r"get_ipython\s*\(|run_(line|cell)_magic")  # %x, !x and x? are no Python at all
 NETWORK = {"requests", "urllib", "http", "httpx", "aiohttp", "socket", "huggingface_hub", "datasets", "ftplib"}
 
 
@@ -97,7 +97,7 @@ def _cell_problems(cell: Any) -> list[str]:
     try:
         tree = ast.parse(cell.source)
     except SyntaxError:
-        return [*found, "is not plain Python"]
+        return [*found, "is not plain Python (a magic?)"]
     used = {name.split(".")[0] for name in _imports(tree)} & NETWORK
     if used:
         found.append(f"uses the network ({', '.join(sorted(used))})")
