@@ -130,9 +130,13 @@ def _question_problems(question: bookdata.Question) -> list[str]:
 
 
 def _calls_check(source: str) -> bool:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return False
     return any(
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "check"
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree)
     )
 
 
