@@ -9,7 +9,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -101,7 +101,7 @@ def _verified(facts: dict[str, str]) -> str:
     if not facts.get("date"):
         return ""
     versions = [f"{name} {facts[key]}" for key, name in _VERSIONS.items() if facts.get(key)]
-    return f'<p class="verified">Last verified: {escape(" · ".join([facts["date"], *versions]))}</p>'
+    return f'<p class="verified" data-pagefind-ignore>Last verified: {escape(" · ".join([facts["date"], *versions]))}</p>'
 
 
 _VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers"}
@@ -155,7 +155,7 @@ def all_questions(app: Sphinx) -> list[Question]:
     return [question for path in paths for question in _read(path, path.stat().st_mtime_ns, root)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _read(path: Path, changed: int, root: Path) -> list[Question]:
     return bookdata.questions(path, root)
 

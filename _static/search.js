@@ -63,7 +63,7 @@ async function search() {
   }
   const [questions, pagefind] = await sources;
   const hits = matching(questions, query).map(({ question }) =>
-    entry(question.url, question.question, span(question.question_zh, { lang: "zh" }), " ",
+    entry(question.url, question.question.replaceAll("`", ""), span(question.question_zh, { lang: "zh" }), " ",
       span(`${question.level} · ${question.evidence}`, { className: "facts" })));
   const texts = pagefind ? await passages(pagefind, query) : [];
   if (turn !== latest) return; // the reader has typed on
