@@ -82,10 +82,11 @@ def _mark_facts(section: nodes.section, question: Question) -> None:
     wording = next(line.findall(nodes.strong))
     wording["classes"].append("language-zh")  # docutils writes this class as lang="zh"
     line["classes"].append("question-facts")
-    line.children = [wording]
+    rest = nodes.inline(classes=["rest"])
     for name, value in (("level", question.level), ("evidence", question.evidence)):
-        line += nodes.Text(" · ")
-        line += nodes.inline("", value, classes=["fact", f"{name}-{value}"])
+        rest += nodes.Text(" · ")
+        rest += nodes.inline("", value, classes=["fact", f"{name}-{value}"])
+    line.children = [wording, rest]
 
 
 def _is_check(node: nodes.Node) -> bool:
@@ -101,7 +102,9 @@ def _verified(facts: dict[str, str]) -> str:
     if not facts.get("date"):
         return ""
     versions = [f"{name} {facts[key]}" for key, name in _VERSIONS.items() if facts.get(key)]
-    return f'<p class="verified" data-pagefind-ignore>Last verified: {escape(" · ".join([facts["date"], *versions]))}</p>'
+    return (
+        f'<p class="verified" data-pagefind-ignore>Last verified: {escape(" · ".join([facts["date"], *versions]))}</p>'
+    )
 
 
 _VERSIONS = {"python": "Python", "torch": "torch", "transformers": "transformers"}

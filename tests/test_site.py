@@ -263,8 +263,9 @@ def test_a_page_is_accessible(visit, name, scheme):
     """Every kind of page. Colours are compared once for each scheme: they do not depend on the width."""
     page = visit(name, scheme=scheme)
     for width in (1280, 360):
-        page.set_viewport_size({"width": width, "height": 900})
-        page.reload(wait_until="networkidle")  # the theme makes what scrolls focusable when it loads
+        if width != 1280:
+            page.set_viewport_size({"width": width, "height": 900})
+            page.reload()  # the theme makes what scrolls focusable when it loads
         page.evaluate(THIN)
         rules = {"color-contrast": {"enabled": width == 1280}}
         options = {"preload": False, "resultTypes": ["violations"], "rules": rules}
