@@ -69,6 +69,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
         return
     out = Path(app.outdir)
     _remove_stale(app, out)
+    _write_index(app, out)
     _write_sitemap(app, out)
     _subset_icons(out)
 
@@ -83,6 +84,13 @@ def _remove_stale(app: Sphinx, out: Path) -> None:
     for source in (out / "_sources").rglob("*"):
         if source.is_file() and source.relative_to(out / "_sources").with_suffix("").as_posix() not in kept:
             source.unlink()
+
+
+def _write_index(app: Sphinx, out: Path) -> None:
+    """The site's root is its first page, not a redirect to it: the address that people share has a title and a text."""
+    page = (out / f"{app.config.root_doc}.html").read_text(encoding="utf-8")
+    page = page.replace('<article class="bd-article">', '<article class="bd-article" data-pagefind-ignore="all">')
+    (out / "index.html").write_text(page, encoding="utf-8")
 
 
 def _write_sitemap(app: Sphinx, out: Path) -> None:
