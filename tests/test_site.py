@@ -25,7 +25,7 @@ PAGES = sorted(
     path.relative_to(SITE).as_posix()
     for path in SITE.rglob("*.html")
     if path.relative_to(SITE).parts[0] not in ("_static", "pagefind")
-)
+) or ["intro.html"]  # without a site there is still a test to fail
 SHOWN = [name for name in PAGES if name != "index.html"]  # index.html is a copy of the first page
 SOURCES = [ROOT / f"{name}.ipynb" for name in bookdata.toc() if (ROOT / f"{name}.ipynb").exists()]
 NOTEBOOKS = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in SOURCES]
@@ -89,7 +89,7 @@ class Host(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    if "intro.html" not in PAGES:
+    if not (SITE / "intro.html").is_file():
         pytest.fail("there is no site in _build/html: run make book", pytrace=False)
 
 
