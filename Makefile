@@ -47,7 +47,7 @@ refresh: $(STAMP)  ## run one notebook and store its outputs: make refresh NB=pa
 new: $(STAMP)  ## a topic notebook from the template: make new CHAPTER=slug TOPIC=slug
 	@$(BIN)/python tools/nb.py new "$(CHAPTER)" "$(TOPIC)"
 
-test: book browser  ## the whole suite: unit, structure, every notebook, the site in a browser
+test: lint book browser  ## the whole suite: style, unit, structure, every notebook, the site in a browser
 	@$(BIN)/python -m labkit.models >/dev/null  # convert the model now, so that no notebook pays for it
 	@$(BIN)/python -m pytest -n 2
 
