@@ -35,8 +35,8 @@ def check(
     - ``op``: ``measured op predicted`` with one of ``== < <= > >=``. ``==`` also takes strings, lists and tuples.
 
     ``predicted`` and ``measured`` are numbers in ``unit`` (Python, NumPy scalars or tensors with one element). The measured
-    value is printed and recorded with three significant digits, never finer than ``abs``, so that the line reads the same on
-    another processor; integers are printed whole.
+    value is printed and recorded with three significant digits, never finer than ``abs``, the predicted one with four, so
+    that the line reads the same on another processor; whole numbers are printed whole.
 
     Raises ``AssertionError`` with both values and the unit if the claim is false (NaN never agrees), ``ValueError`` if not
     exactly one of ``rel``, ``abs``, ``op`` is given or it is not usable.
@@ -67,10 +67,13 @@ def check(
             f"{claim}: predicted {_full(predicted, unit)}, measured {_full(measured, unit)}; demanded: {condition}"
         )
     shown = _rounded(measured, bound if kind == "abs" else 0)
+    # A prediction may come from a run too (a second model's loss): a digit more than the measured value, and no further.
+    if isinstance(predicted, float) and not predicted.is_integer():
+        predicted = _rounded(predicted, 0, digits=4)
     line = f"✓ {claim}: predicted {_text(predicted, unit)}, measured {_text(shown, unit)} ({condition})"
     record = {
         "claim": claim,
-        "predicted": _json(_rounded(predicted, 0, digits=6)),
+        "predicted": _json(predicted),
         "measured": _json(shown),
         "unit": unit,
         "condition": condition,
