@@ -40,7 +40,7 @@ MINILM = (
     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 )
 # Raised when the conversion changes what it writes: an older cache is then made anew.
-FORMAT = 1
+FORMAT = 2
 
 
 def smollm2(**from_pretrained) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -119,6 +119,7 @@ def _convert_in_a_process_of_its_own(gguf: Path, folder: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     with _quiet():
         import torch
+        from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
         loaded = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -128,7 +129,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         model = LlamaForCausalLM(LlamaConfig.from_dict(config))
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # transformers overlooks the file's tokenizer.ggml.pre = smollm: every digit stands alone before words are cut.
+        words = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+        tokenizer.backend_tokenizer.pre_tokenizer = words
+        tokenizer.save_pretrained(folder)
     hashes = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     (folder / "sha256.json").write_text(json.dumps(hashes, indent=1), encoding="utf-8")
 

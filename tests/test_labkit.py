@@ -157,6 +157,11 @@ class TestModels:
         assert "Paris" in tokenizer.decode(reply)
         assert model.dtype == torch.float32 and not model.training
 
+    def test_smollm2_cuts_every_digit_alone(self):
+        """As the GGUF file says and SmolLM2 was trained; without it a space joins the digit after it."""
+        _, tokenizer = models.smollm2()
+        assert tokenizer.tokenize("  12 a1") == ["ĠĠ", "1", "2", "Ġa", "1"]
+
     def test_minilm_embeds(self):
         vectors = models.minilm().encode(["A cat sleeps.", "A kitten is asleep.", "Bonds fell on Tuesday."])
         assert vectors.shape == (3, 384)
