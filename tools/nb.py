@@ -187,6 +187,9 @@ def refresh(path: Path) -> int:
         return _refused(path, "the kernel died (out of memory?)")
     except TimeoutError:
         return _refused(path, f"a cell runs longer than {2 * seconds_allowed(path)} s")
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            _join_streams(cell)
     versions = {name: version(name) for name in ("torch", "transformers")}
     notebook.metadata["verified"] = {
         "date": date.today().isoformat(),
@@ -258,6 +261,18 @@ def _place_setup_cell(notebook: Any) -> None:
     notebook.cells = cells
     cell = nbformat.v4.new_code_cell(bookdata.setup_cell(notebook), metadata={"tags": ["remove-cell"]}, id="setup")
     notebook.cells = [*cells[:1], cell, *cells[1:]]
+
+
+def _join_streams(cell: Any) -> None:
+    """Make one output of prints that follow each other: the kernel cuts them wherever a message happens to end."""
+    joined = []
+    for output in cell.outputs:
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and last.get("output_type") == "stream" and last["name"] == output.name:
+            last["text"] += output.text
+        else:
+            joined.append(output)
+    cell.outputs = joined
 
 
 def _refused(path: Path, why: str) -> int:
