@@ -125,6 +125,9 @@ def test_setup_cell_makes_labkit_importable_in_a_bare_kernel(tmp_path):
     python = bare / "bin/python"
     [packages] = (bare / "lib").glob("python*/site-packages")
     (packages / "heavy.pth").write_text(f"{site}\n")
+    # The venv's own setuptools may be too old to build labkit; on Colab pip fetches one for the build, here it takes ours.
+    for old in packages.glob("setuptools*"):
+        shutil.rmtree(old)
     source = tmp_path / "source"  # a copy, because building a package writes beside its source
     source.mkdir()
     shutil.copytree(ROOT / "labkit", source / "labkit")
@@ -158,8 +161,12 @@ def test_environment_is_made_once_and_again_when_requirements_change(tmp_path):
     for name in ("Makefile", "requirements.txt", "requirements-models.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
 
+    # The suite itself runs under make, whose flags a make below it would take over.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
     def plan():
-        return subprocess.run(["make", "-n", "env"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        command = ["make", "-n", "env"]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
 
     stamp = plan().strip().splitlines()[-1].split()[-1]
     assert stamp.startswith(".venv/ready-")
