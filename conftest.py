@@ -65,7 +65,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def _faults_line(terminalreporter, reports):
-    found = [value for report in reports for key, value in getattr(report, "user_properties", []) if key == "faults"]
+    called = [report for report in reports if getattr(report, "when", "") == "call"]  # the teardown repeats it
+    found = [value for report in called for key, value in report.user_properties if key == "faults"]
     if found:
         planted, caught = (sum(column) for column in zip(*found, strict=True))
         terminalreporter.section("planted faults")
