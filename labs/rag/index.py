@@ -1,7 +1,7 @@
 """A persistent index over the corpus: vectors of MiniLM and a BM25 of words, in one folder of the cache.
 
-Building embeds every chunk once (two to three minutes on two cores). Chunks are known by their hash, so a later build embeds only
-what changed. The folder's name and its manifest carry the corpus' fingerprint: an index of other versions is stale.
+Building embeds every chunk once (six minutes on two cores). Chunks are known by their hash, so a later build embeds
+only what changed. The folder's name carries the corpus' fingerprint: an index of other versions is stale.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,11 +20,11 @@ import bm25s
 import faiss
 import numpy as np
 
-from labkit.models import cache_dir, minilm
+from labkit.models import MINILM, cache_dir, minilm
 from labs.rag.corpus import Document, documents, fingerprint
 
 SIZE, OVERLAP = 600, 100  # characters of a chunk and of what two neighbours share; chosen on the development split
-FORMAT = 1
+FORMAT = 2  # raised when the chunks or the files of the folder change
 
 
 class NoIndex(Exception):
@@ -33,7 +32,7 @@ class NoIndex(Exception):
 
 
 def chunks(body: str, size: int = SIZE, overlap: int = OVERLAP) -> list[str]:
-    """Cut a text into pieces of at most ``size`` characters that overlap by about ``overlap``, at white space.
+    """Cut a text into pieces of at most ``size`` characters that overlap by at most ``overlap``, at white space.
 
     Raises ``ValueError`` unless 0 <= overlap < size / 2.
     """
@@ -48,7 +47,9 @@ def chunks(body: str, size: int = SIZE, overlap: int = OVERLAP) -> list[str]:
         space = max(body.rfind(" ", start + size // 2, end), body.rfind("\n", start + size // 2, end))
         end = space if space > 0 else end
         pieces.append(body[start:end].strip())
-        start = end - overlap
+        # The next one begins with a word too: the first that begins within the overlap, if one does.
+        word = re.search(r"(?<=\s)\S", body[end - overlap - 1 : end]) if overlap else None
+        start = end - overlap - 1 + word.start() if word else end
 
 
 def words(text: str) -> list[str]:
@@ -103,7 +104,7 @@ def build(report: Callable[[str], None] = print) -> Path:
     passages = [piece for d in corpus for piece in chunks(d.body)]
     owner = np.array([i for i, d in enumerate(corpus) for _ in chunks(d.body)])
     texts = [f"{corpus[i].name}{corpus[i].signature[:200]}\n{p}" for i, p in zip(owner, passages, strict=True)]
-    keys = [hashlib.sha256(t.encode()).hexdigest()[:24] for t in texts]
+    keys = [hashlib.sha256(f"{MINILM[2]}\n{t}".encode()).hexdigest()[:24] for t in texts]  # other weights, other vectors
     known = _known_vectors(target.parent)
     missing = [i for i, key in enumerate(keys) if key not in known]
     report(f"{len(corpus):,} documents, {len(texts):,} chunks, {len(missing):,} of them to embed")
@@ -127,7 +128,8 @@ def build(report: Callable[[str], None] = print) -> Path:
         with open(made / "documents.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(d)) + "\n" for d in corpus)
         (made / "passages.json").write_text(json.dumps(passages), encoding="utf-8")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            os.replace(target, Path(scratch) / "before")  # who has it open reads on; it goes with the scratch folder
         os.replace(made, target)
     return target
 
