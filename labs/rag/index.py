@@ -104,7 +104,8 @@ def build(report: Callable[[str], None] = print) -> Path:
     passages = [piece for d in corpus for piece in chunks(d.body)]
     owner = np.array([i for i, d in enumerate(corpus) for _ in chunks(d.body)])
     texts = [f"{corpus[i].name}{corpus[i].signature[:200]}\n{p}" for i, p in zip(owner, passages, strict=True)]
-    keys = [hashlib.sha256(f"{MINILM[2]}\n{t}".encode()).hexdigest()[:24] for t in texts]  # other weights, other vectors
+    # Other weights make other vectors, so they are part of the key.
+    keys = [hashlib.sha256(f"{MINILM[2]}\n{t}".encode()).hexdigest()[:24] for t in texts]
     known = _known_vectors(target.parent)
     missing = [i for i, key in enumerate(keys) if key not in known]
     report(f"{len(corpus):,} documents, {len(texts):,} chunks, {len(missing):,} of them to embed")
