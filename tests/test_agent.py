@@ -648,6 +648,25 @@ def test_a_loop_that_diverges_after_a_crash_is_stopped(shop):
         Run(shop, Journal(log)).call_all([call("restock", product="P1", quantity=2)])
 
 
+def test_an_approval_is_for_the_call_that_was_shown(shop):
+    log = connect(":memory:")
+
+    def die_after_approval(record):
+        if record["kind"] == "approval":
+            raise KeyboardInterrupt
+
+    run = begin(shop, Journal(log), name="r", task="", model="", approve=lambda tool, arguments: True)
+    run.journal.listen = die_after_approval
+    with pytest.raises(KeyboardInterrupt):  # after the approval, before the intent
+        run.call_all([call("give_credit", customer="C4", cents=100)])
+    again = Run(shop, Journal(log), approve=lambda tool, arguments: True)
+    with pytest.raises(ValueError, match="diverged"):
+        again.call_all([call("give_credit", customer="C4", cents=90000)])
+    again = Run(shop, Journal(log))
+    again.call_all([call("give_credit", customer="C4", cents=100)])  # approved already: nobody is asked
+    assert shop.state()["customers/C4/balance"] == 600
+
+
 # -- the loops ------------------------------------------------------------------------------------------------------
 
 

@@ -133,10 +133,7 @@ class Run:
         if old := self.journal.find("refused", key):
             return {"error": old["error"]}
         if old := self.journal.find("intent", key):
-            if (old["tool"], old["args"]) != (tool, args):
-                raise ValueError(
-                    f"{key} was {old['tool']} before the interruption and is {tool} now: the loop diverged"
-                )
+            _same(old, tool, args)
             return None
         why = self._objection(key, tool, args)
         if why:
@@ -161,8 +158,10 @@ class Run:
             except (Refused, Unreachable) as error:
                 return str(error)
         if tool.needs_approval:
-            asked = self.journal.find("approval", key)
-            asked = asked or self.journal.append("approval", key=key, granted=bool(self.approve(tool, args)))
+            if not (asked := self.journal.find("approval", key)):
+                granted = bool(self.approve(tool, args))
+                asked = self.journal.append("approval", key=key, tool=name, args=args, granted=granted)
+            _same(asked, name, args)  # what was approved is this call and no other
             if not asked["granted"]:
                 return f"a person did not approve {name}"
         return None
@@ -272,6 +271,15 @@ def resume(run: Run, loop: Callable[[], None]) -> None:
             raise ValueError(f"run {run.name} has ended: {status}")
         case _:
             loop()
+
+
+def _same(record: dict, tool: str, args: dict) -> None:
+    """Raise ``ValueError`` if a record of an earlier life is of another call: the loop did not do the same again."""
+    if (record["tool"], record["args"]) != (tool, args):
+        raise ValueError(
+            f"{record['key']} was {record['tool']} {record['args']} before the interruption and is {tool} {args} now: "
+            "the loop diverged"
+        )
 
 
 def mismatch(value, schema: dict) -> str | None:
