@@ -26,6 +26,15 @@ class Machine:
         return f"{self.name} ({self.device}, {self.cores} cores, {self.memory_gib:.0f} GiB, torch {self.torch})"
 
 
+def quick_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it in hardware, else float32.
+
+    Emulated, bfloat16 takes several times as long as float32 to read a prompt, though it still reads the weights faster.
+    """
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
+    return torch.bfloat16 if any(able[name] for name in able if name.endswith("bf16")) else torch.float32
+
+
 @dataclass(frozen=True)
 class Accelerator:
     """Data-sheet values: dense (no structured sparsity) FLOP/s, memory in bytes, bandwidth in bytes/s."""

@@ -201,3 +201,17 @@ class TestModels:
         assert models._intact(cache / good.name)
         assert not left_by_a_killed_run.exists()
         assert models._sha256(weights) == models._sha256(good / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("able", "dtype"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"sve_bf16": True}, torch.bfloat16),
+        ({}, torch.float32),
+    ],
+)
+def test_bfloat16_only_where_the_cpu_has_it(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert hardware.quick_dtype() == dtype

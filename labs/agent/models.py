@@ -102,9 +102,9 @@ class Local:
 
     @cached_property
     def _loaded(self):
-        import torch
+        from labkit.hardware import quick_dtype  # brings torch, which a script does not need
 
-        return smollm2(dtype=torch.bfloat16)
+        return smollm2(dtype=quick_dtype())
 
     @cached_property
     def _grammar_tokenizer(self):

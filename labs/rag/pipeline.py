@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from bm25s.stopwords import STOPWORDS_EN_PLUS
 
+from labkit.hardware import quick_dtype
 from labkit.models import smollm2
 from labs.rag.index import Index, words
 
@@ -71,7 +72,7 @@ class Pipeline:
 
     @cached_property
     def reader(self):
-        return smollm2(dtype=torch.bfloat16)
+        return smollm2(dtype=quick_dtype())
 
     # -- retrieval --------------------------------------------------------------------------------------------------
 
