@@ -1,6 +1,7 @@
-"""The throughput lab without an engine: recorded results follow their schema, and a run goes on where it stopped."""
+"""Recorded results: all say where they come from; the throughput lab's follow their schema, and a run goes on where it stopped."""
 
 import json
+from datetime import date
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -10,6 +11,18 @@ from labs.vllm_throughput.results import RESULTS, fitted, recorded
 
 SCHEMA = Draft202012Validator(json.loads((driver.HERE / "schema.json").read_text(encoding="utf-8")))
 FILES = sorted(RESULTS.glob("*.json"))
+
+CHAPTERS = [path for lab in ("agent", "rag") for path in sorted((driver.HERE.parent / lab / "results").glob("*.json"))]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=["/".join(path.parts[-3::2]) for path in CHAPTERS])
+def test_every_recorded_result_names_its_machine_versions_commit_and_date(path):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    record = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert record["machine"]["cores"] > 0 and record["versions"] and record["commit"]
+    assert date.fromisoformat(record["date"][:10])
 
 
 def test_there_are_results():
