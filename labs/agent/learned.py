@@ -1,4 +1,4 @@
-"""python -m labs.agent.learned: SmolLM2 learns the shop's tools from traces that a script makes; one agent against several.
+"""python -m labs.agent.learned: SmolLM2 learns the shop's tools from a script's traces, as one agent and as several.
 
 The traces come from shops with other customers, products, ids and numbers than the one of the 69 tasks, in other words.
 Three systems get the same number of training tokens, each its own fully tuned copy of SmolLM2-135M:
@@ -12,6 +12,7 @@ The roles of a system share its weights and differ by the system prompt, one wor
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import random
@@ -191,8 +192,8 @@ class Families:
         c, who, reads, facts = self.customer(named)
         n = self.dice.randint(1, 60) * self.dice.choice([10, 50, 100])
         text = self.dice.choice(
-            ["Credit {c} with {n} cents.", "{c} gets {n} cents from us as an excuse.", "Say sorry to {c} with {n} cents.",
-             "Add a credit of {n} cents for {c}.", "{c} shall receive {n} cents."]
+            ["Credit {c} with {n} cents.", "{c} gets {n} cents from us as an excuse.",
+             "Say sorry to {c} with {n} cents.", "Add a credit of {n} cents for {c}.", "{c} shall receive {n} cents."]
         ).format(c=who, n=n)  # fmt: skip
         effect = call("give_credit", customer=c[0], cents=n)
         return self.part("care", text, reads, effect, facts, f"credit {c[0]} {n}")
@@ -255,7 +256,8 @@ class Families:
         listed = [*([[person]] if who == c[1] else []), [call("list_orders", customer=c[0])]]
         few = ["{} of them", "{}", "{} pieces"]
         choices = [
-            (["Tell me the price of {}.", "How much is {}?", "Price of {} please."], what, [[product]], f"{p[2]} cents"),
+            (["Tell me the price of {}.", "How much is {}?", "Price of {} please."], what,
+             [[product]], f"{p[2]} cents"),
             (["How many pieces of {} are left?", "Is there {} in stock, and how much?", "Stock of {}?"], what,
              [[product]], self.dice.choice(few).format(p[3])),
             (["How much money does {} have?", "Balance of {} please."], who, [[person]], f"{c[3]} cents"),
@@ -265,8 +267,8 @@ class Families:
              [[call("get_customer", customer=c[1])]], c[0]),
             (["Which id has the {}?", "Find the number of the product {}."], p[1],
              [[call("search_products", query=p[1])]], p[0]),
-            (["Give me the id of the {} with the lowest price.", "What is our least expensive {}? Its id please."], kind,
-             [[call("search_products", query=kind)]], cheapest[0]),
+            (["Give me the id of the {} with the lowest price.", "What is our least expensive {}? Its id please."],
+             kind, [[call("search_products", query=kind)]], cheapest[0]),
             (["Count the orders of {}.", "{} has how many orders?"], who, listed, f"{len(theirs)} orders"),
         ]  # fmt: skip
         if len(theirs) == 1:
@@ -307,19 +309,22 @@ class Families:
             effect = call("place_order", customer=c[0], product=p[0], quantity=n)
             return self.part("sales", text, [], effect, [], f"order {n} of {p[0]} for {c[0]}")
         n = self.dice.randint(2, 60)
+        search, ask_for = [[call("search_products", query=missing)]], [[call("get_customer", customer=stranger)]]
         give_up = [
-            ("sales", f"Please sell {n} {missing}s to {who}.", [[call("search_products", query=missing)]], f"no {missing}"),
-            ("stock", f"The supplier brought {n} {missing}s.", [[call("search_products", query=missing)]], f"no {missing}"),
-            ("care", f"Credit {stranger} with {n * 10} cents.", [[call("get_customer", customer=stranger)]], "unknown customer"),
-            ("care", f"{stranger} lives at {n} Lake Road now.", [[call("get_customer", customer=stranger)]], "unknown customer"),
+            ("sales", f"Please sell {n} {missing}s to {who}.", search, f"no {missing}"),
+            ("stock", f"The supplier brought {n} {missing}s.", search, f"no {missing}"),
+            ("care", f"Credit {stranger} with {n * 10} cents.", ask_for, "unknown customer"),
+            ("care", f"{stranger} lives at {n} Lake Road now.", ask_for, "unknown customer"),
             ("desk", self.dice.choice(["Tell me the {} of {}.", "Which {} has {}?"]).format(
                 self.dice.choice(["e-mail", "phone", "birthday", "shoe size"]), who),
              [[call("get_customer", customer=c[0])]], "that is not kept"),
-            ("", self.dice.choice(["Remove {} and all that is known about them.", "Rename {} to Bob.", "Merge {} with C99.",
-                                   "Call {} back the message of today.", "Phone {} at once.", "Block the account of {}."]
-                                  ).format(who), [], "no tool for that"),
-            ("", self.dice.choice(["Drop {} from the catalogue.", "Take a photo of {}.", "Rename {}."]).format(p[0]), [],
-             "no tool for that"),
+            ("", self.dice.choice(
+                ["Remove {} and all that is known about them.", "Rename {} to Bob.", "Merge {} with C99.",
+                 "Call {} back the message of today.", "Phone {} at once.", "Block the account of {}."]
+            ).format(who), [], "no tool for that"),
+            ("", self.dice.choice(
+                ["Drop {} from the catalogue.", "Take a photo of {}.", "Rename {}."]
+            ).format(p[0]), [], "no tool for that"),
         ]  # fmt: skip
         worker, text, turns, why = self.dice.choice(give_up)
         text = text[0].upper() + text[1:]
@@ -444,7 +449,7 @@ def masked(text: str) -> str:
 
 
 def dataset(system: str, tokenizer, seed: int = 0) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """Tokens and what of them is learned, until there are TOKENS of them; and from how many tasks. None is seen twice."""
+    """Tokens with what of them is learned, TOKENS in all, and from how many tasks. None is seen twice."""
     dice, made, total, number = random.Random(seed), [], 0, 0
     seen, wordings = {t.task for t in tasks()}, {masked(t.task) for t in tasks()}
     while total < TOKENS:
@@ -586,7 +591,7 @@ def opening(role: str, task: str) -> list[dict]:
 
 
 class Tuned(Local):
-    """A model that is given; the lab's long system prompt is replaced by one word where ``compact``. Counts what it reads."""
+    """A given model that counts what it reads. ``compact``: the lab's system prompt is replaced by one word."""
 
     def __init__(self, model, tokenizer, *, compact: bool = True, **options):
         super().__init__(**options)
@@ -616,10 +621,7 @@ def evaluate(loop: str, model: Tuned, chosen: list, budget: Budget) -> list[dict
         roles = ("supervisor", "reader", "planner", "executor", "agent", *WORKERS)
         talk = [{"role": who if who in roles else "agent", "said": said} for who, _, said in model.talk]
         made.append(row | {"read": model.read, "talk": talk})
-        print(
-            f"{loop} {task.id} {task.kind:10} {row['solved']!s:5} {row['replies']} replies {row['seconds']:.0f} s  {task.task}",
-            flush=True,
-        )
+        print(f"{loop} {task.id} {task.kind:10} {row['solved']!s:5} {row['replies']} replies  {task.task}", flush=True)
         if not row["solved"]:
             print("      ", [t["said"] for t in talk][:5], row["ended"], flush=True)
     return made
@@ -647,8 +649,10 @@ QUESTIONS = {  # ordinary questions, and what a right answer contains
     "What is the chemical formula of water?": "H2O|H₂O",
     "Which season comes after winter?": "spring",
 }
-PROSE = ("argparse", "bisect", "csv", "dataclasses", "decimal", "difflib", "doctest", "fractions", "hashlib", "heapq",
-         "locale", "pickle", "random", "shlex", "statistics", "string", "tarfile", "textwrap", "threading", "unittest")  # fmt: skip
+PROSE = words(
+    "argparse bisect csv dataclasses decimal difflib doctest fractions hashlib heapq locale pickle random shlex statistics"
+    " string tarfile textwrap threading unittest"
+)
 
 
 def harm(model, tokenizer) -> dict:
@@ -656,7 +660,7 @@ def harm(model, tokenizer) -> dict:
     total, count = 0.0, 0
     with torch.inference_mode():
         for name in PROSE:
-            ids = tokenizer(__import__(name).__doc__ or "", return_tensors="pt")["input_ids"][:, :256]
+            ids = tokenizer(importlib.import_module(name).__doc__ or "", return_tensors="pt")["input_ids"][:, :256]
             if ids.shape[1] > 16:
                 total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
                 count += ids.shape[1] - 1
