@@ -650,8 +650,8 @@ QUESTIONS = {  # ordinary questions, and what a right answer contains
     "Which season comes after winter?": "spring",
 }
 PROSE = words(
-    "argparse bisect csv dataclasses decimal difflib doctest fractions hashlib heapq locale pickle random shlex statistics"
-    " string tarfile textwrap threading unittest"
+    "argparse bisect csv dataclasses decimal difflib doctest fractions hashlib heapq locale pickle random shlex"
+    " statistics string tarfile textwrap threading unittest"
 )
 
 

@@ -39,7 +39,8 @@ def first_hit(ranking: Sequence[str], answers: frozenset[str]) -> float:
 def ndcg(ranking: Sequence[str], answers: frozenset[str], k: int = 10) -> float:
     """Discounted gain of the first k over that of an ideal ranking; a document answers or does not.
 
-    Source: Järvelin and Kekäläinen, TOIS 2002, https://doi.org/10.1145/582415.582418
+    The discount is 1 / log₂(1 + rank), as in scikit-learn's ``ndcg_score``; Järvelin and Kekäläinen, TOIS 2002
+    (https://doi.org/10.1145/582415.582418), who introduced the measure, discount from the second rank on.
     """
     gains = np.array([name in answers for name in ranking[:k]], dtype=float)
     discounts = 1 / np.log2(np.arange(2, k + 2))

@@ -22,11 +22,14 @@ KEPT = 10  # documents stored of each ranking
 
 
 def shifted(body: str) -> list[str]:
-    """The chunks of a text, with the first boundary moved to half of its place; a text of one chunk stays whole."""
+    """The chunks of a text, with the first boundary moved to half of its place; a text of one chunk stays whole.
+
+    The first cut is at white space; the second chunk begins ``OVERLAP`` characters before it, wherever that is.
+    """
     if len(pieces := chunks(body)) == 1:
         return pieces
     start = pieces[0][: SIZE // 2]
-    cut = body.index(start) + len(start.rsplit(maxsplit=1)[0])  # at white space, as all cuts are
+    cut = body.index(start) + len(start.rsplit(maxsplit=1)[0])
     return [body[:cut].strip(), *chunks(body[max(0, cut - OVERLAP) :].lstrip())]
 
 
