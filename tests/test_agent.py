@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -13,11 +14,11 @@ import time
 import pytest
 
 from labs.agent import __main__ as command
-from labs.agent import faults, saga
+from labs.agent import faults, learned, saga
 from labs.agent.experiments import attempt, summary
 from labs.agent.faults import FAULTS, Killed, World, broken, campaign, faultless, survive
 from labs.agent.journal import GENESIS, Journal, Tampered, audit, explain, link, replay, verify
-from labs.agent.loop import LOOPS, circling, fill, parse, plan_and_execute, plan_schema, react, waves
+from labs.agent.loop import LOOPS, action_schema, circling, fill, parse, plan_and_execute, plan_schema, react, waves
 from labs.agent.models import Local, ModelError, Scripted, Served
 from labs.agent.saga import Budget, GiveUp, Policy, Run, Stuck, Unreachable, begin, mismatch
 from labs.agent.shop import TOOLS, Refused, Shop, Tool, connect, outcome
@@ -762,6 +763,7 @@ def test_a_plan_is_done_in_waves_and_its_references_are_looked_up(start, shop):
         ),
         ([step("get_product", product="P1"), step("restock", product="$1.name", quantity=1)], "does not match"),
         ([step("give_up", reason="no way")], "no way"),
+        ([step("restock", product="P1", quantity=1), step("give_up", reason="no way")], "no way"),
     ],
 )
 def test_a_plan_that_fails_leaves_nothing(start, shop, steps, why):
@@ -1031,3 +1033,19 @@ def test_no_answer_is_no_approval(cache, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: (_ for _ in ()).throw(EOFError))
     assert command.main(["--model", "scripted", "Give customer C4 a credit of 700 cents."]) == 1
     assert "a person did not approve give_credit" in capsys.readouterr().out
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_generated_traces_say_valid_things_and_leak_no_task():
+    known = {learned.masked(t.task) for t in tasks()}
+    for seed in range(60):
+        dice = random.Random(seed)
+        shop, parts = learned.example(dice)
+        text = learned.text_of(parts, dice)
+        assert learned.masked(text) not in known
+        [messages] = learned.single(shop, parts, text)
+        for message in messages:
+            if message["role"] == "assistant":
+                parse(message["content"], action_schema(Policy()))

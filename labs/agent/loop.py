@@ -51,8 +51,8 @@ def plan_and_execute(run: Run, model: Model, task: str) -> None:
     messages = opening(run.policy, task, PLAN)
     try:
         steps = ask(run, model, messages, plan_schema(run.policy))["steps"]
-        if steps[0]["tool"] == "give_up":
-            raise GiveUp(steps[0]["args"]["reason"])
+        if gives_up := [step for step in steps if step["tool"] == "give_up"]:  # wherever it stands: before any effect
+            raise GiveUp(gives_up[0]["args"]["reason"])
         results: dict[int, dict] = {}
         for wave in waves(steps):
             calls = [{"tool": steps[n - 1]["tool"], "args": fill(steps[n - 1]["args"], results)} for n in wave]
