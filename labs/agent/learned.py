@@ -1,6 +1,6 @@
 """python -m labs.agent.learned: SmolLM2 learns the shop's tools from a script's traces, as one agent and as several.
 
-The traces come from shops with other customers, products, ids and numbers than the one of the 69 tasks, in other words.
+The traces come from shops whose customers, products, ids and numbers are drawn anew, in other words than the 69 tasks'.
 Three systems get the same number of training tokens, each its own fully tuned copy of SmolLM2-135M:
 
 - single: one agent with all tools (the lab's ReAct loop);
@@ -443,19 +443,20 @@ SYSTEMS = {"single": single, "supervisor": supervisor, "pipeline": pipeline}
 
 
 def masked(text: str) -> str:
-    """A task without its ids, numbers, quotations and names: what is left is its wording."""
+    """A task without its ids, numbers, quotations and people's names: what is left is its wording."""
     text = re.sub(r"'[^']*'", "'…'", text)
     return re.sub(r"\b(?:[CPO]?\d+|[A-Z][a-z]+ [A-Z][a-z]+)\b", "…", text).strip().lower()
 
 
 def dataset(system: str, tokenizer, seed: int = 0) -> tuple[list[tuple[list[int], list[bool]]], int]:
-    """Tokens with what of them is learned, TOKENS in all, and from how many tasks. None is seen twice."""
+    """Tokens with what of them is learned, TOKENS in all or a trace more, and from how many tasks, all different."""
     dice, made, total, number = random.Random(seed), [], 0, 0
     seen, wordings = {t.task for t in tasks()}, {masked(t.task) for t in tasks()}
     while total < TOKENS:
         shop, parts = example(dice)
         text = text_of(parts, dice)
         assert text not in seen and masked(text) not in wordings, text  # no task of the evaluation, nor its wording
+        seen.add(text)
         number += 1
         for messages in SYSTEMS[system](shop, parts, text):
             made.append(encode(tokenizer, messages))
